@@ -6,10 +6,13 @@ from collections.abc import Iterable, Iterator
 
 CONTINUE = "continue with prefix-distill run --resume"
 ABORTED = "aborted without saving; if the run has a checkpoint, --resume continues it"
-# what is true of another command after it was aborted
+INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT
+# what is true of another command that was aborted after it has begun to write
 ABORTED_COMMANDS = {
     "compare": "aborted without saving; the same command continues the comparison",
     "demo": "aborted; start again with another --out",
+    "probe": "aborted; its folder may be incomplete; start again with another --out",
+    "report": "aborted; its folder may be incomplete; start again with another --out",
     "export": "aborted; remove its folder before you start it again",
 }
 NOTHING_WRITTEN = "aborted; nothing was written"
@@ -24,8 +27,13 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return near[0] if near else None
 
 
-def describe_abort(command: str) -> str:
-    """Return what is true of a command after it was aborted."""
+def describe_abort(command: str, *, has_written: bool) -> str:
+    """Return what is true of a command after it was aborted.
+
+    ``has_written``: it has begun to write files, or that is not known.
+    """
+    if not has_written:
+        return NOTHING_WRITTEN
     if command == "run":
         return ABORTED
     return ABORTED_COMMANDS.get(command, NOTHING_WRITTEN)

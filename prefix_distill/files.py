@@ -7,11 +7,31 @@ import json
 import os
 import shutil
 import stat
+import threading
 from pathlib import Path
 
 # suffixes of hidden names: unfinished writes, folders that are being replaced or deleted
 PARTIAL, OLD, DELETED = ".partial", ".old", ".deleted"
 HIDDEN = (PARTIAL, OLD, DELETED)
+
+
+_written = threading.Event()
+
+
+def has_written() -> bool:
+    """Return whether this process has begun to write files that stay."""
+    return _written.is_set()
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder for files that stay, with its parents, unless it exists."""
+    _written.set()
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def forget_writing() -> None:
+    """Count only what is written from now on, for another command in the same process."""
+    _written.clear()
 
 
 def replace_folder(scratch: Path, folder: Path) -> None:
@@ -20,6 +40,7 @@ def replace_folder(scratch: Path, folder: Path) -> None:
     A reader never sees a partly written folder. A process that is killed between the two renames
     leaves the old folder under a hidden name; ``recover_folders`` puts it back.
     """
+    _written.set()
     umask = os.umask(0)
     os.umask(umask)
     for path in scratch.rglob("*"):
@@ -146,6 +167,7 @@ def write_atomically(file: Path, content: str | bytes) -> None:
 
     On an OSError the old content stays and no scratch file is left.
     """
+    _written.set()
     if isinstance(content, str):
         content = content.encode()
     scratch = file.with_name(f".{file.name}{PARTIAL}")

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self
 
@@ -59,6 +60,49 @@ class SignalCatcher:
     def receive(self, number: signal.Signals) -> None:
         """Handle one signal; subclasses define it."""
         raise NotImplementedError
+
+
+IMPORT = "<frozen importlib._bootstrap>"  # the file of the functions that import a module
+
+
+def is_importing(frame: FrameType | None) -> bool:
+    """Return whether a module is being imported by a frame or by what has called it."""
+    while frame is not None:
+        if frame.f_code.co_filename == IMPORT:
+            return True
+        frame = frame.f_back
+    return False
+
+
+class ImportGuard:
+    """Calls ``end`` at Ctrl-C while a module is imported; otherwise Ctrl-C has its usual effect.
+
+    ``end`` must end the process. A KeyboardInterrupt during an import leaves half of a module
+    behind, which cannot be imported again, and torch drops it. Outside the main thread, and where
+    a caller has set a handler or ignores SIGINT, nothing changes.
+    """
+
+    def __init__(self, end: Callable[[], object]):
+        self.end = end
+        self.former: Any = None
+
+    def __enter__(self) -> Self:
+        former = signal.getsignal(signal.SIGINT)
+        is_usual = former is signal.default_int_handler
+        is_guard = isinstance(getattr(former, "__self__", None), ImportGuard)
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and (is_usual or is_guard):
+            self.former = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.former is not None:
+            signal.signal(signal.SIGINT, self.former)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if is_importing(frame):
+            self.end()
+        raise KeyboardInterrupt
 
 
 def is_repeated(number: int) -> bool:

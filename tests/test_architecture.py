@@ -56,6 +56,7 @@ MOST_COMPREHENSIONS = 2.0
 
 # modules outside cli/ that may write to stdout or exit, with the reason
 PRINTS = {
+    "__main__": "ends the process at Ctrl-C before the command has begun",
     "api.rank": "a separate program: one rank of --gpus",
     "lab.build": "a separate program: python -m prefix_distill.lab.build",
     "prompts.expressions": "the grading worker sends its answers through stdout",

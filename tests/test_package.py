@@ -74,7 +74,7 @@ def test_the_wheel_has_every_module_and_data_file(source, tmp_path):
         found == expected and len([name for name in found if name.endswith(".safetensors")]) == 10
     )
     assert (
-        "prefix-distill = prefix_distill.cli.main:main" in scripts
+        "prefix-distill = prefix_distill.__main__:main" in scripts
         and "License-File: LICENSE" in metadata
     )
 

@@ -171,12 +171,13 @@ class PlanResult(Result):
 
     ``prefixes``: a row per prefix with tokens, FLOPs, seconds (None at an unknown speed) and memory
     (bytes); ``cards``: a row per card with the flags that fit, bytes and seconds; ``notes``:
-    assumptions.
+    assumptions; ``warnings``: what may be wrong.
     """
 
     prefixes: tuple[dict[str, Any], ...]
     cards: tuple[dict[str, Any], ...]
     notes: tuple[str, ...]
+    warnings: tuple[str, ...]
 
     @classmethod
     def read(cls, document: dict[str, Any]) -> Self:
@@ -186,6 +187,7 @@ class PlanResult(Result):
             prefixes=tuple(document["prefixes"]),
             cards=tuple(document["cards"]),
             notes=tuple(document["notes"]),
+            warnings=tuple(document["warnings"]),
         )
 
     def tables(self) -> list["Table"]:
@@ -194,7 +196,7 @@ class PlanResult(Result):
         return tabulate(self.to_dict())
 
     def remarks(self) -> list[str]:
-        return list(self.notes)
+        return [*self.notes, *(f"warning: {text}" for text in self.warnings)]
 
 
 @dataclass(frozen=True, kw_only=True)

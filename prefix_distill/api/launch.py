@@ -105,7 +105,7 @@ def launch(count: int, job: "Job", observer: Observer) -> "Outcome":
                     relay.pass_on()
             relay.pass_on()
             if signals.second is not None:
-                raise Interrupted(describe_abort(job["name"]), signals.second)
+                raise Interrupted(describe_abort(job["name"], has_written=True), signals.second)
             ranks.check(signals.first)
         outcome: Outcome = json.loads((folder / RESULT).read_text(encoding="utf-8"))
     return outcome

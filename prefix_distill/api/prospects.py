@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..display import Summary, flags_text, flops_text, gib_text, time_text
+from ..display import Summary, flags_text, flops_text, memory_text, time_text
 from .documents import CheckResult, DryRun, PlanResult, ProbeResult
 
 NOT_COUNTED = "without evaluations; decoding takes longer"
@@ -70,7 +70,7 @@ def summarize_plan(result: PlanResult, words: Sequence[str], *, for_cards: bool)
 
     document = result.document
     first = document["prefixes"][0]
-    needed = gib_text(first["memory"]["total"])
+    needed = memory_text(first["memory"]["total"])
     rows = {
         "machine": _describe_machine(document["machine"], for_cards=for_cards),
         "cards": _describe_cards(document["cards"]),
@@ -84,14 +84,14 @@ def summarize_plan(result: PlanResult, words: Sequence[str], *, for_cards: bool)
         command = _command("check", [*words, *flags])
     steps = _count(document["updates"], "step")
     title = f"{document['method']}, {steps}, --prefix {first['prefix']}: needs {needed}"
-    return Summary(title=title, rows=rows, command=command)
+    return Summary(title=title, rows=rows, command=command, warnings=result.warnings)
 
 
 def _describe_machine(machine: dict[str, Any] | None, *, for_cards: bool) -> str:
     """Return whether the run fits this machine, and otherwise with which flags it does."""
     if machine is None:
         return ""
-    free = f"{gib_text(machine['free_bytes'])} free on {machine['device']}"
+    free = f"{memory_text(machine['free_bytes'])} free on {machine['device']}"
     if machine["fits"]:
         return f"fits, {free}"
     if machine["flags"] is None:

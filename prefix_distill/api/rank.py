@@ -14,7 +14,7 @@ from pathlib import Path
 from .. import config as configuration
 from .. import signals
 from ..display import listening
-from ..errors import Stopped, UserError, describe_abort
+from ..errors import INTERRUPTED, NOTHING_WRITTEN, Stopped, UserError, describe_abort
 from . import quiet
 from .events import EventObserver
 from .jobs import Job, perform
@@ -29,9 +29,16 @@ def main() -> None:
     threading.Thread(target=end_with_launcher, args=(port,), daemon=True).start()
     threading.Thread(target=_pass_signal_on, args=(folder / SIGNAL, ended), daemon=True).start()
     quiet.hide_deprecations()
-    code = work(folder)
+    with signals.ImportGuard(leave):
+        code = work(folder)
     ended.set()
     sys.exit(code)
+
+
+def leave() -> None:
+    """End this rank, which was interrupted while it loads libraries."""
+    leave_message(NOTHING_WRITTEN, INTERRUPTED)
+    os._exit(INTERRUPTED)
 
 
 def work(folder: Path) -> int:
@@ -46,8 +53,8 @@ def work(folder: Path) -> int:
         leave_message(str(error), error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:
-        leave_message(describe_abort(job["name"]), 130)
-        return 130
+        leave_message(describe_abort(job["name"], has_written=True), INTERRUPTED)
+        return INTERRUPTED
     except Exception:
         traceback.print_exc()
         return 1

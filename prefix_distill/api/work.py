@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import Config
 from ..display import phase
 from ..errors import Stopped, UserError
+from ..files import make_folder
 from . import launch, quiet, settings
 from .documents import (
     CheckResult,
@@ -86,12 +87,17 @@ def plan(config: Config, observer: Observer, assumptions: dict[str, Any]) -> Pla
     ``assumptions``: ``prompt_tokens``, ``prefixes`` and ``card`` of `planning.plan.plan`, and the
     fields of its `RateSource`: ``tflops``, ``measure`` and ``from_run``.
     """
+    from ..planning.gpus import check_speed, read_cards
+
+    given = dict(assumptions)
+    # before libraries load, which takes seconds
+    read_cards(given.get("card"))
+    check_speed(given.get("tflops"), bool(given.get("measure")), given.get("from_run"))
     with phase("planning"), quiet.guarded():
         with phase(quiet.LOADING):
             from ..planning import plan as planning
             from ..planning.rate import RateSource
 
-        given = dict(assumptions)
         prefixes = given.pop("prefixes", None)
         if prefixes is None:
             prefixes = planning.USUAL_PREFIXES
@@ -105,6 +111,8 @@ def plan(config: Config, observer: Observer, assumptions: dict[str, Any]) -> Pla
         result = PlanResult.read(document)
     for text in result.notes:
         observer.note(text)
+    for text in result.warnings:
+        observer.warn(text)
     return result
 
 
@@ -185,7 +193,7 @@ def _make_folder(out: Path) -> None:
     if os.path.exists(out) and not os.path.isdir(out):
         raise UserError(f"--out {out}: it is a file; name a folder")
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         (out / ".partial").touch()
         (out / ".partial").unlink()
     except OSError as error:

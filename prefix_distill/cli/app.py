@@ -11,7 +11,7 @@ import typer
 from .. import __version__, display
 from ..api.launch import is_first_rank, leave_message
 from ..api.spelling_tables import PROGRAM_SWITCHES
-from ..display import Summary, print_line, render_summary
+from ..display import Summary, print_line, print_text, render_summary
 from ..errors import UserError, nearest
 from ..signals import find_stop_signals
 from .panels import PanelGroup, PanelTyper
@@ -189,7 +189,7 @@ def _choose_screen() -> TextIO:
 
 def _write(stream: TextIO, text: str) -> None:
     if stream is sys.stderr:
-        print_line(text)
+        print_text(text)
     else:
         print(text, file=stream)
 

@@ -1,10 +1,11 @@
 """The commands env and help."""
 
+import sys
 from typing import Annotated, cast
 
 import typer
 
-from ..display import phase
+from ..display import fit_text, phase
 from . import pages
 from .app import COMMANDS, Terminal, app, choose_text_stream, finish_text
 from .completion import complete_from
@@ -18,12 +19,13 @@ def environment() -> None:
         from ..engine import device
 
         document = device.describe_environment()
+    stream = choose_text_stream()
     for name, value in document.items():
         entries = [value]
         if isinstance(value, list) and value and isinstance(value[0], dict):
             entries = value
         for entry in entries:
-            print(f"{name}: {_describe(entry)}", file=choose_text_stream())
+            print(fit_text(f"{name}: {_describe(entry)}", stream), file=stream)
     finish_text(document)
 
 
@@ -53,7 +55,7 @@ def help_command(
     """Print a help page, or the help of a command; without TOPIC, list the pages."""
     group = cast(typer.core.TyperGroup, context.find_root().command)
     if topic is None:
-        print(pages.list_topics())
+        print(fit_text(pages.list_topics(), sys.stdout))
     elif topic in group.commands:
         group([topic, "--help"], prog_name="prefix-distill", standalone_mode=False)
     else:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..api.arguments import read_folder
-from ..display import is_rich
+from ..display import fit_text, is_rich
 from ..errors import UserError
 from ..training.text_lines import visible
 from .app import app, choose_text_stream, finish_text, note
@@ -84,8 +84,9 @@ def show(
     wrong, kl, live = switches["wrong"], switches["kl"], switches["live"]
     choice = looking.Choice(step=step, wrong=wrong, limit=max(0, limit), kl=kl)
     if live:
+        stream = choose_text_stream()
         for line in looking.follow(folder, choice):
-            print(line, file=choose_text_stream(), flush=True)
+            print(fit_text(line, stream), file=stream, flush=True)
     view = looking.look(folder, choice)
     if not live:
         print_view(view)
@@ -104,7 +105,7 @@ def print_view(view: "View") -> None:
     else:
         for line in view.lines():
             print(line, file=stream)
-    print(view.remark(), file=stream)
+    print(fit_text(view.remark(), stream), file=stream)
 
 
 @app.command("try")

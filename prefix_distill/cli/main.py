@@ -8,9 +8,13 @@ from typing import TextIO, cast
 
 import typer
 
+from ..api.launch import is_launched
 from ..api.quiet import hide_deprecations
 from ..api.spelling_tables import PROGRAM_SWITCHES
-from ..errors import Stopped, UserError, describe_abort
+from ..display import close_screens
+from ..errors import INTERRUPTED, Stopped, UserError, describe_abort
+from ..files import forget_writing, has_written
+from ..signals import ImportGuard
 from . import info, look, model, run, study  # noqa: F401  importing them registers the commands
 from .app import Commands, app, note, report_failure
 from .panels import HELP_ALL
@@ -33,7 +37,8 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     code: int | str | None = 0
     try:
-        code = run_command(sys.argv[1:])
+        with ImportGuard(leave):
+            code = run_command(sys.argv[1:])
     except SystemExit as end:
         code = end.code
     except OSError as error:
@@ -42,6 +47,20 @@ def main() -> None:
             raise
         code = report_unwritable(error)
     sys.exit(close_streams(code or 0))
+
+
+def leave() -> None:
+    """End the process at once, with the line and the exit code of an aborted command."""
+    close_screens()
+    close_streams(report_abort(sys.argv[1:]))
+    os._exit(INTERRUPTED)
+
+
+def report_abort(arguments: list[str]) -> int:
+    """Report that a command was aborted, and return its exit code."""
+    is_written = has_written() or is_launched()  # another rank may have written
+    message = describe_abort(name_command(arguments), has_written=is_written)
+    return report_failure(message, INTERRUPTED)
 
 
 def report_unwritable(error: OSError) -> int:
@@ -90,6 +109,7 @@ def flush(stream: TextIO, text: str = "") -> OSError | None:
 
 def run_command(arguments: list[str]) -> int | None:
     """Run a command and return its exit code; None means 0."""
+    forget_writing()
     try:
         # get_group would leave shell completion out
         group = cast(Commands, typer.main.get_command(app))
@@ -101,13 +121,13 @@ def run_command(arguments: list[str]) -> int | None:
         if translated:
             note(f"translated: {'; '.join(translated)} (see prefix-distill help migration)")
         code = group(words, prog_name="prefix-distill", standalone_mode=False)
-        if code == 130:  # typer's exit code after Ctrl-C
+        if code == INTERRUPTED:  # typer's exit code after Ctrl-C
             raise KeyboardInterrupt
         return code
     except (UserError, Stopped) as error:
         return report_failure(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return report_failure(describe_abort(name_command(arguments)), 130)
+        return report_abort(arguments)
     except Exception as error:
         # only click's errors about flags have this method; anything else is a bug
         if not hasattr(error, "format_message"):

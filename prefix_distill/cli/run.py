@@ -9,7 +9,7 @@ import typer
 from .. import config as configuration
 from ..api.flat import read_settings_file
 from ..api.launch import is_first_rank
-from ..display import print_line
+from ..display import print_line, print_text
 from ..training.resume import resume_settings
 from .app import Terminal, app, finish, note, show
 from .options import Assignments, ConfigFile, read_number, repeat_options, with_options
@@ -118,10 +118,8 @@ def _show_prompts(facts: dict) -> None:
     for role in ("student", "teacher"):
         prompt = facts[role]
         last = ", ".join(f"{i} {token!r}" for i, token in prompt["last"])
-        print_line(
-            f"{role} prompt ({prompt['ids']} tokens; last ids and tokens: {last}):\n"
-            f"{prompt['text']}"
-        )
+        print_line(f"{role} prompt ({prompt['ids']} tokens; last ids and tokens: {last}):")
+        print_text(prompt["text"])  # a break would look like one of the prompt
 
 
 # the options of `plan` besides those of `run`

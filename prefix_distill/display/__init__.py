@@ -4,14 +4,15 @@
 the lines of a log. `training`: the progress of one run. `observers`: the protocols of progress.
 """
 
-from .lines import is_plain, is_rich, is_verbose, print_line, render_tables
+from .lines import is_plain, is_rich, is_verbose, print_line, print_text, render_tables
 from .observers import Observer, RankWarnings, Reporter, Terminal
 from .pace import EVALUATION, SAVING, TAIL_PROBE, Outline
 from .phases import Phase, close_phase, find_phase, listening, open_phase, phase
-from .screen import RUNS, Screen
+from .screen import RUNS, Screen, close_screens
 from .summary import Summary, flags_text, lay_out, render_summary
-from .texts import accuracy_text, flops_text, gib_text, short_time_text, time_text
+from .texts import accuracy_text, flops_text, memory_text, phase_text, short_time_text, time_text
 from .training import Display
+from .wrapping import fit_text
 
 __all__ = [
     "EVALUATION",
@@ -29,18 +30,22 @@ __all__ = [
     "Terminal",
     "accuracy_text",
     "close_phase",
+    "close_screens",
     "find_phase",
+    "fit_text",
     "flags_text",
     "flops_text",
-    "gib_text",
     "is_plain",
     "is_rich",
     "is_verbose",
     "lay_out",
     "listening",
+    "memory_text",
     "open_phase",
     "phase",
+    "phase_text",
     "print_line",
+    "print_text",
     "render_summary",
     "render_tables",
     "short_time_text",

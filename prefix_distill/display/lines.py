@@ -4,12 +4,19 @@ import os
 import sys
 from typing import TYPE_CHECKING, TextIO
 
+from .wrapping import fit_text
+
 if TYPE_CHECKING:
     from rich.table import Table
 
 
 def print_line(text: str) -> None:
-    """Print a line on stderr; do nothing if stderr is closed."""
+    """Print a line on stderr; on a terminal it breaks between words."""
+    print_text(fit_text(text, sys.stderr))
+
+
+def print_text(text: str) -> None:
+    """Print text on stderr as it is; do nothing if stderr is closed."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
@@ -71,4 +78,6 @@ def _tell_table(table: "Table") -> list[str]:
             lines.append(f"{first}")
         for name, cell in zip(names[1:], cells, strict=True):
             lines.append(f"  {name}: {cell or '–'}")
+    if table.caption:
+        lines += str(table.caption).split("\n")
     return lines

@@ -33,6 +33,7 @@ class Phase:
         self.ranks = ranks
         self.done = 0
         self.begun = 0.0  # units that are begun, in parts
+        self.tells_parts = False  # whether it ever told what is begun
         self.skipped = 0  # units that took no time
         self.started = self.moved = time.monotonic()
         self.is_heard = False
@@ -52,6 +53,7 @@ class Phase:
             done = min(done, self.total)
         self.done = done
         self.begun = begun * self.ranks
+        self.tells_parts = self.tells_parts or begun > 0
         self.moved = time.monotonic()
         if self.is_heard:
             _tell("moved", self)
@@ -60,6 +62,13 @@ class Phase:
     def seconds(self) -> float:
         """Return the seconds since the phase began."""
         return time.monotonic() - self.started
+
+    @property
+    def share(self) -> float | None:
+        """Return the share of the work that is done; None unless it tells what is begun."""
+        if not self.total or not self.tells_parts:
+            return None
+        return min(1.0, (self.done + self.begun) / self.total)
 
     @property
     def seconds_left(self) -> float | None:

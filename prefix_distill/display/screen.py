@@ -19,8 +19,9 @@ from .columns import Column, fit_columns
 from .lines import is_plain, print_line
 from .pace import Pace
 from .phases import FINISH_UPDATE, Phase, forget_phases, list_phases, listening
-from .texts import elapsed_text, time_text
+from .texts import elapsed_text, percent_text, time_text
 from .wakeup import Wakeup
+from .wrapping import measure_terminal
 
 TICK = 0.2  # seconds between two looks at the live line; it is drawn if its text has changed
 LOG_TICK = 1.0
@@ -28,6 +29,7 @@ LONG = 5.0  # seconds after which a log names a phase
 EVERY = 30.0  # seconds between two lines of a log about one phase
 SOON = 0.3  # seconds in which most commands end after Ctrl-C
 STOPPING = "stopping"
+PREPARING = "preparing"  # what happens between two runs, unless a phase says otherwise
 RUNS = "runs"  # the unit of a phase that trains several runs
 # phases of every step, which a log does not name
 OF_A_STEP = ("sampling", "selecting tokens", "training")
@@ -155,11 +157,7 @@ class Screen:
     def _draw(self) -> None:
         if self.is_partial:
             return
-        try:
-            width = os.get_terminal_size(self.stream.fileno()).columns
-        except OSError:
-            width = 80
-        text = self.compose(width - 1)
+        text = self.compose(measure_terminal(self.stream) - 1)
         if text != self.drawn:
             self._write(f"{self._erasing}{text}")
             self.drawn = text
@@ -248,16 +246,24 @@ class Guarded(io.TextIOBase):
 
 
 def describe_work(phase: Phase) -> str:
-    """Return a phase and what is done of it: "evaluating 64/200 answers"."""
+    """Return a phase and what is done of it: "evaluating 64/200 answers (40%)"."""
     if phase.total is None:
         return phase.name
-    return f"{describe_count(phase)} {phase.unit}".rstrip()
+    text = f"{phase.name} {phase.done}/{phase.total} {phase.unit}".rstrip()
+    if phase.share is None:
+        return text
+    return f"{text} ({percent_text(phase.share)})"
 
 
 def describe_count(phase: Phase) -> str:
-    """Return a phase and what is done of it, without its unit: "evaluating 64/200"."""
+    """Return a phase and what is done of it in short: "evaluating 64/200", "evaluating 40%".
+
+    Long answers end late, so their number stays 0 for a while, and the share moves.
+    """
     if phase.total is None:
         return phase.name
+    if phase.share is not None:
+        return f"{phase.name} {percent_text(phase.share)}"
     return f"{phase.name} {phase.done}/{phase.total}"
 
 
@@ -278,6 +284,7 @@ def describe_phases(phases: list[Phase]) -> list[Column]:
         columns.append(Column(texts=(describe_number(counted[-1]),), rank=2))
     if newest.unit == RUNS:
         columns.append(Column(texts=(describe_number(newest),), rank=0))
+        columns.append(Column(texts=(PREPARING,), rank=2))
     else:
         columns.append(Column(texts=(describe_work(newest), describe_count(newest)), rank=0))
     left = newest.seconds_left
@@ -294,6 +301,12 @@ def describe_number(phase: Phase) -> str:
 
 
 _screens: list[Screen] = []
+
+
+def close_screens() -> None:
+    """Erase the live line and draw none any more, before the process ends."""
+    for screen in list(_screens):
+        screen.leaving.close()
 
 
 def _forget_screens() -> None:

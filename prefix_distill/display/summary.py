@@ -2,16 +2,14 @@
 
 import os
 import shlex
-import shutil
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TextIO
 
 from .lines import is_rich
+from .wrapping import INDENT, measure_terminal, wrap_words
 
 NARROW = 100  # cells; a summary is not wider, because long lines are hard to read
-INDENT = "  "
 UNBROKEN = "\u00a0"  # a space at which no line is broken; it is shown as an ordinary one
 BOLD, YELLOW, RESET = "\x1b[1m", "\x1b[33m", "\x1b[0m"
 
@@ -34,7 +32,7 @@ def render_summary(summary: Summary, stream: TextIO) -> str:
     """Return a summary as text for ``stream``: with colors and its width if it is a terminal."""
     width = NARROW
     if stream.isatty():
-        width = min(NARROW, shutil.get_terminal_size().columns)
+        width = min(NARROW, measure_terminal(stream))
     in_color = is_rich(stream)
     return "\n".join(lay_out(summary, width, in_color=in_color))
 
@@ -94,14 +92,7 @@ def flags_text(words: Sequence[str]) -> str:
 
 
 def _wrap(text: str, width: int, *, start: str, margin: int) -> list[str]:
-    lines = textwrap.wrap(
-        text,
-        width=max(width, margin + 20),
-        initial_indent=start,
-        subsequent_indent=" " * margin,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    lines = wrap_words(text.replace("\n", " "), width, start=start, margin=margin)
     return [line.replace(UNBROKEN, " ") for line in lines]
 
 

@@ -1,5 +1,6 @@
 """Write numbers as text: FLOPs, accuracies, times, divergences."""
 
+PHASES = {"teacher_score": "teacher scoring", "teacher_text": "the teacher's text"}
 NAMES = {"kl": "KL", "jsd": "JSD"}  # words of a divergence's name that are abbreviations
 
 
@@ -48,14 +49,28 @@ def short_time_text(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def gib_text(size: float) -> str:
-    """Return a number of bytes in GiB, with three digits: "19.5 GiB"."""
-    return f"{size / 2**30:.3g} GiB"
+def memory_text(size: float) -> str:
+    """Return a number of bytes with three digits and its unit: "19.5 GiB", "6.02 MiB"."""
+    if size >= 1000 * 2**20:
+        return f"{size / 2**30:.3g} GiB"
+    if size >= 1000 * 2**10:
+        return f"{size / 2**20:.3g} MiB"
+    return f"{size / 2**10:.3g} KiB"
+
+
+def phase_text(phase: str) -> str:
+    """Return the phase of a run in words: "student_update" → "student update"."""
+    return PHASES.get(phase, phase.replace("_", " "))
 
 
 def share_text(value: float) -> str:
-    """Return a share in percent, without decimals: 0.62 → "62 %"."""
-    return f"{value * 100:.0f} %"
+    """Return a share in percent: 0.895 → "89.5%"."""
+    return f"{value:.1%}"
+
+
+def percent_text(share: float) -> str:
+    """Return how much of a work is done, in whole percent; 100% only when all of it is."""
+    return f"{int(100 * share)}%"
 
 
 def number_text(value: float) -> str:

@@ -9,7 +9,15 @@ from .columns import EXTRA, Column
 from .lines import is_verbose, print_line
 from .pace import Outline, Pace
 from .phases import Phase, list_phases
-from .screen import OF_A_STEP, RUNS, Screen, describe_count, describe_number, time_or_left
+from .screen import (
+    OF_A_STEP,
+    RUNS,
+    Screen,
+    describe_count,
+    describe_number,
+    describe_work,
+    time_or_left,
+)
 from .texts import (
     accuracy_text,
     elapsed_text,
@@ -25,6 +33,8 @@ SPEEDS = {"student_decode": "sampling", "teacher_score": "teacher", "student_upd
 PLAIN_LINES = 50  # progress lines of one run without a terminal, about
 MEAN_OVER = 10  # steps over which the divergence that is shown is averaged
 BAR = 20  # cells
+# The two divergences of a run: of the rollouts of its steps, and of its fixed rollouts.
+TRAIN, HELD_OUT = "train", "held-out"
 # ranks of the columns: where there is no room for all, those of the highest rank are left out
 STEP, MEASUREMENT, SECONDS_OF_IT, LEFT, RUN, DIVERGENCE, SECONDS, ACCURACY, SAVED = range(9)
 NAME, LABEL, GAUGE, SPEED, FLOPS = range(EXTRA, EXTRA + 5)
@@ -116,7 +126,7 @@ class Display:
         text = (
             f"after step {row['step']}: {name} {accuracy_text(row['accuracy'])}, "
             f"{row['finish_rate']:.0%} finished, {row['mean_tokens']:.0f} tokens per answer, "
-            f"held-out reverse KL {row['kl']['value']:.4f} nats"
+            f"{HELD_OUT} reverse KL {row['kl']['value']:.4f} nats"
         )
         if row["kl_tail"] is not None:
             text += f" (beyond the prefix {row['kl_tail']:.4f})"
@@ -142,7 +152,7 @@ class Display:
         """Return a step as a line of a log."""
         name, value = find_divergence(row)
         text = (
-            f"step {self.step}/{self.outline.steps}: {name} {value:.4f}, "
+            f"step {self.step}/{self.outline.steps}: {TRAIN} {name} {value:.4f}, "
             f"prefix {row['rollout/prefix_tokens']} tokens, "
             f"{row['rollout/finished_share']:.0%} finished, {self.speeds}{self._flops()}"
         )
@@ -150,8 +160,11 @@ class Display:
         if left is not None:
             text += f", {time_text(left)} left"
         runs = _find_runs(list_phases())
-        if runs is not None:
-            text += f"; {describe_number(runs)}, {time_text(self._left_in_all(runs))} left in all"
+        if runs is None:
+            return text
+        text += f"; {describe_number(runs)}"
+        if _waiting(runs):
+            text += f", {time_text(self._left_in_all(runs))} left in all"
         return text
 
     def _flops(self) -> str:
@@ -193,11 +206,13 @@ class Display:
         columns = []
         if self.values:
             value = number_text(fmean(self.values))
-            names = (self.divergence, self.divergence.rpartition(" ")[2])
+            short = self.divergence.rpartition(" ")[2]
+            names = (f"{TRAIN} {self.divergence}", f"{TRAIN} {short}", short)
             texts = tuple(f"{name} {value}" for name in names)
             columns.append(Column(texts=texts, rank=DIVERGENCE))
         if self.accuracy is not None:
-            columns.append(Column(texts=(f"acc {share_text(self.accuracy)}",), rank=ACCURACY))
+            texts = (f"acc {share_text(self.accuracy)}", f"acc {self.accuracy:.0%}")
+            columns.append(Column(texts=texts, rank=ACCURACY))
         if self.full > self.useful > 0 and not self.outline.is_full:
             columns.append(Column(texts=(f"saved {self.full / self.useful:.1f}×",), rank=SAVED))
         return columns
@@ -205,10 +220,11 @@ class Display:
     def _times_left(self, runs: Phase | None) -> list[Column]:
         left = self.pace.seconds_left
         columns = []
+        is_last = runs is None or not _waiting(runs)
         if left is not None:
-            rank = LEFT if runs is None else LABEL
+            rank = LEFT if is_last else LABEL
             columns.append(Column(texts=(f"{time_text(left)} left",), rank=rank))
-        if runs is None:
+        if runs is None or (is_last and left is not None):
             return columns
         if left is not None or runs.done > runs.skipped:
             in_all = f"{time_text(self._left_in_all(runs))} left"
@@ -237,8 +253,7 @@ class Display:
             typical = (runs.moved - runs.started) / trained
         if left is None:
             left = max(0.0, typical - own)
-        waiting = (runs.total or 0) - runs.done - 1
-        return left + max(0, waiting) * typical
+        return left + _waiting(runs) * typical
 
 
 def _describe_evaluation(row: dict, name: str) -> str:
@@ -247,7 +262,7 @@ def _describe_evaluation(row: dict, name: str) -> str:
     if row["accuracy"] is not None:
         value, low, high = (row["accuracy"][key] for key in ("value", "low", "high"))
         parts.append(f"{name} {value:.1%} [{low:.1%}, {high:.1%}]")
-    parts.append(f"KL {row['kl']['value']:.3g}")
+    parts.append(f"{HELD_OUT} KL {row['kl']['value']:.3g}")
     parts.append(f"{row['finish_rate']:.0%} finished")
     parts.append(f"{row['mean_tokens']:.0f} tokens")
     return " · ".join(parts)
@@ -258,14 +273,19 @@ def _find_runs(phases: list[Phase]) -> Phase | None:
     return next((phase for phase in phases if phase.unit == RUNS), None)
 
 
+def _waiting(runs: Phase) -> int:
+    """Return how many runs follow the one in progress."""
+    return max(0, (runs.total or 0) - runs.done - 1)
+
+
 def _describe_measurement(phase: Phase) -> tuple[str, ...]:
     """Return what a run does between two steps: with the time left, and without."""
     if phase.total is None:
         return (phase.name,)
-    work = describe_count(phase)
+    work, short = describe_work(phase), describe_count(phase)
     if phase.seconds_left is None:
-        return (work,)
-    return f"{work} ({time_or_left(phase)})", work
+        return work, short
+    return f"{work}, {time_or_left(phase)}", f"{short} ({time_or_left(phase)})", short
 
 
 def _speeds(row: dict) -> str:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import GenerationConfig
 
+from ..display import memory_text
 from ..errors import Stopped, one_line
 from ..files import replace_folder
 from . import adapter
@@ -96,8 +97,8 @@ def _check_weights(
     free = read_free_memory(torch.device("cpu"))
     if free is not None and size > free:
         return [
-            f"{folder}: it was not read back, because a second copy needs {size / 2**30:.3g} GiB "
-            f"of memory and {free / 2**30:.3g} GiB is free"
+            f"{folder}: it was not read back, because a second copy needs {memory_text(size)} "
+            f"of memory and {memory_text(free)} is free"
         ]
     network: Any = type(model.net)
     try:

@@ -77,7 +77,7 @@ class Problem:
 
     @property
     def split(self) -> str:
-        """Return the problem's split: about 50 % train, 10 % validation, 40 % test."""
+        """Return the problem's split: about 50% train, 10% validation, 40% test."""
         digit = ((100 * self.first + self.second) * 617 + self.steps * 4111) % 10007 % 10
         if digit < 5:
             return "train"

@@ -87,7 +87,7 @@ def equal_ends(value: float, n: int, lowest: float = 0.0) -> tuple[float, float]
 
 
 def _ends(means: list[float]) -> tuple[float, float]:
-    """Return the 2.5 % and 97.5 % quantiles of RESAMPLES means."""
+    """Return the 2.5% and 97.5% quantiles of RESAMPLES means."""
     means = sorted(means)
     return means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES) - 1]
 
@@ -170,7 +170,7 @@ def _studentized_ends(
 
 
 def _student(freedom: int) -> float:
-    """Return the 97.5 % quantile of Student's t: exact to 1% (Cornish and Fisher)."""
+    """Return the 97.5% quantile of Student's t: exact to 1% (Cornish and Fisher)."""
     few = {1: 12.706, 2: 4.303, 3: 3.182}
     if freedom in few:
         return few[freedom]

@@ -22,7 +22,11 @@ LORA = Adapter(rank=64)  # the adapter that is proposed if the config has none
 ANCHOR = 4  # rows or rollouts of the second forecast through which a line goes
 MARGIN = 0.1  # a line may be this much above the forecast; candidates in this band are forecast
 ENOUGH = 4  # rollouts of a micro-batch
-RULE = f"rule: no checkpointing if the micro-batch is {ENOUGH} or more; most rows; LoRA last"
+RULE = (
+    "The flags are chosen in this order: no gradient checkpointing, unless the micro-batch would "
+    f"be below {ENOUGH}; the most generation rows; the largest micro-batch. LoRA is added only "
+    "where all weights do not fit."
+)
 
 
 @dataclass(frozen=True, kw_only=True)

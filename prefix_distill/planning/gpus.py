@@ -1,5 +1,6 @@
 """Cards that people own: memory, memory bandwidth and matmul rate, as their makers state them."""
 
+import math
 from dataclasses import dataclass, replace
 
 from ..errors import UserError, nearest
@@ -94,6 +95,18 @@ CARDS = {
     )
 }
 SIZES = tuple(Card(name=f"{size} GB", memory=size) for size in (8, 12, 16, 24, 40, 80))
+
+
+def check_speed(tflops: float | None, measure: bool, from_run: object) -> None:
+    """Raise UserError if the speed of --device-tflops is not above 0, or has two sources."""
+    if tflops is not None and not 0 < tflops < math.inf:
+        raise UserError(
+            f"--device-tflops {tflops:g}: expected a number above 0, such as 100; change it"
+        )
+    if (tflops is not None) + measure + (from_run is not None) > 1:
+        raise UserError(
+            "--device-tflops, --measure, --from-run: expected one of them, got several; keep one"
+        )
 
 
 def read_cards(text: str | None, sustained: float | None = None) -> tuple[Card, ...]:

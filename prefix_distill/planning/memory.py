@@ -6,7 +6,7 @@ import torch
 
 from .. import config as configuration
 from ..config import Config
-from ..display import phase
+from ..display import memory_text, phase, phase_text
 from ..engine.decoder import packs_weights
 from ..engine.free_memory import read_free_memory
 from ..engine.memory import MemoryLimits, read_batch_sizes
@@ -52,7 +52,7 @@ def _choose_sizes(run: Run, automatic: list[str]) -> Run:
     chosen = case
     reason = f"the free memory of {run.place.device} is not known"
     if free is not None:
-        reason = f"{_format_gib(free)} free on {run.place.device}"
+        reason = f"{memory_text(free)} free on {run.place.device}"
     if feature is not None:
         reason = f"no forecast with {feature}"
     elif free is not None:
@@ -125,11 +125,11 @@ def check_memory(run: Run) -> Check:
     case = describe_case(run)
     bound = bound_memory(run.pair.student, run.pair.teacher, case)
     facts = {"free_bytes": free, "at_most_bytes": bound}
-    needs = f"the run needs less than {_format_gib(bound)} (an upper bound)"
+    needs = f"the run needs less than {memory_text(bound)} (an upper bound)"
     if free is None:
         text = f"{needs}; the free memory of {run.place.device} is not known"
         return passed("memory", text, facts)
-    free_text = f"{_format_gib(free)} free on {run.place.device}"
+    free_text = f"{memory_text(free)} free on {run.place.device}"
     # A forecast takes seconds, and small models do not need it.
     if bound < free:
         return passed("memory", f"{needs}; {free_text}", facts)
@@ -185,12 +185,12 @@ def _compare_memory(forecast: dict, free: int, facts: dict, free_text: str) -> C
         "phases": forecast["phases"],
     }
     text = (
-        f"the run needs {_format_gib(needed)} in addition to the loaded weights (peak in "
-        f"{forecast['set_by']}); {free_text}"
+        f"the run needs {memory_text(needed)} in addition to the loaded weights (peak in "
+        f"{phase_text(forecast['set_by'])}); {free_text}"
     )
     if fixed > free:
         text += (
-            f"; optimizer, gradients and copies alone take {_format_gib(fixed)} at any batch size; "
+            f"; optimizer, gradients and copies alone take {memory_text(fixed)} at any batch size; "
             "use --lora 16, a smaller model, or --teacher-device for the teacher"
         )
         return failed("memory", text, facts)
@@ -201,7 +201,3 @@ def _compare_memory(forecast: dict, free: int, facts: dict, free_text: str) -> C
         )
         return warned("memory", text, facts)
     return passed("memory", text, facts)
-
-
-def _format_gib(size: float) -> str:
-    return f"{size / 2**30:.3g} GiB"

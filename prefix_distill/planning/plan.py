@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .. import config as configuration
 from ..config import SELF, Config
-from ..display import gib_text
+from ..display import memory_text
 from ..engine import folders
 from ..engine.device import choose_device
 from ..engine.free_memory import read_free_memory
@@ -116,6 +116,7 @@ def plan(
         "rule": RULE,
         "assumptions": list(ASSUMPTIONS),
         "notes": [*notes.lines, *flops.describe_not_counted(shapes)],
+        "warnings": notes.warnings,
     }
 
 
@@ -265,8 +266,8 @@ def _read_machine(forecaster: Forecaster, config: Config, case: Case, notes: Not
     if needed > free:
         verdict, flags = "does not fit", _find_flags(forecaster, config, case, free=free)
     notes.note(
-        f"this machine has {gib_text(free)} free on {device}: the run, which needs "
-        f"{gib_text(needed)}, {verdict}"
+        f"this machine has {memory_text(free)} free on {device}: the run, which needs "
+        f"{memory_text(needed)}, {verdict}"
     )
     return {"device": str(device), "free_bytes": free, "fits": needed <= free, "flags": flags}
 

@@ -16,6 +16,7 @@ from ..engine.ranks import join_ranks
 from ..engine.shapes import widest_matrix
 from ..errors import UserError
 from ..maths.flops import Ledger
+from .gpus import check_speed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,16 +33,7 @@ class RateSource:
 
     def check(self) -> None:
         """Raise UserError if the speed is not above 0, or has two sources."""
-        if self.tflops is not None and not 0 < self.tflops < math.inf:
-            raise UserError(
-                f"--device-tflops {self.tflops:g}: expected a number above 0, such as 100; change "
-                "it"
-            )
-        if (self.tflops is not None) + self.measure + (self.from_run is not None) > 1:
-            raise UserError(
-                "--device-tflops, --measure, --from-run: expected one of them, got several; keep "
-                "one"
-            )
+        check_speed(self.tflops, self.measure, self.from_run)
 
     def read(self, config: Config, student: Model, dtype: torch.dtype) -> dict | None:
         """Return {source, flops_per_second: a number, or one per phase}, or None."""

@@ -25,10 +25,10 @@ BANDWIDTH_SHARE = 0.7  # share of the memory bandwidth that decoding and AdamW r
 ADAMW_BYTES = 28
 
 ASSUMPTIONS = (
-    f"assumed, not measured: data-sheet rates, {EFFICIENCY:.0%} of matmul or --device-tflops, "
-    f"{BANDWIDTH_SHARE:.0%} of bandwidth",
-    f"assumed: a decoding step takes at least {1000 * STEP_SECONDS:g} ms",
-    "assumed: answers reach their limit; loading and saving are not counted",
+    f"The times are assumed, not measured: {EFFICIENCY:.0%} of the data sheet's matmul rate (or "
+    f"--device-tflops) and {BANDWIDTH_SHARE:.0%} of its memory bandwidth.",
+    f"A decoding step takes at least {1000 * STEP_SECONDS:g} ms.",
+    "All answers reach their limit. Loading and saving are not counted.",
 )
 DECODE = "student_decode"
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from .. import config as configuration
+from ..display import memory_text
 from ..engine import scoring
 from ..engine.device import is_out_of_memory
 from ..engine.models import Model
@@ -76,7 +77,7 @@ def explain_shortage(run: Run) -> Iterator[None]:
         trained = sum(p.numel() for p in run.pair.student.trainable.values())
         raise MemoryShortage(
             f"rank {run.place.rank}: {run.place.device} is out of memory for AdamW's moments, "
-            f"which need {8 * trained / 2**30:.3g} GiB at any batch size; use "
+            f"which need {memory_text(8 * trained)} at any batch size; use "
             f"{_remedies_of_moments(run)}"
         ) from None
 

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from ..errors import Stopped, UserError
 from ..files import (
     PARTIAL,
+    make_folder,
     read_rows,
     recover_folders,
     remove_folder,
@@ -99,7 +100,7 @@ class RunFolder:
         lock, or the folder cannot be created.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             lock = self._acquire_lock()
         except Timeout:
             raise UserError(
@@ -185,7 +186,7 @@ class RunFolder:
         the folder is used or cannot be created.
         """
         self.check_unused()
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         self.write_json("run.json", {"format": FORMAT, **(facts or {})})
         if checks is None:
             (self.path / "preflight.json").unlink(missing_ok=True)

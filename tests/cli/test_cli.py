@@ -111,7 +111,7 @@ def test_progress_counts_steps_and_names_its_phases(tmp_path):
     code, _, err = invoke("run", *flags, *few, "--out", tmp_path / "run")
     assert code == 0
     assert "after step 0: accuracy" in err and "after step 1: accuracy" in err
-    row = next(line for line in err.splitlines() if line.startswith("step 1/1: reverse KL "))
+    row = next(line for line in err.splitlines() if line.startswith("step 1/1: train reverse KL "))
     for phase in ("sampling ", "teacher ", "training "):
         assert phase in row
     assert " tok/s, " in row and " useful so far (" in row and " with full rollouts)" in row

@@ -90,6 +90,7 @@ def make_plan(machine, fits, rate=None, seconds=None):
         "rate": rate,
         "disk": PRICE["disk"],
         "notes": [],
+        "warnings": [],
     }
     return PlanResult.read(document)
 

@@ -305,7 +305,7 @@ def test_plain_mode_has_no_bars_boxes_or_colors(environment):
         assert BOXES.search(seen)
         return
     assert not BOXES.search(seen), seen
-    assert "run: step 1/2: reverse KL 0.5000, prefix" in seen and "\na note\n" in seen
+    assert "run: step 1/2: train reverse KL 0.5000, prefix" in seen and "\na note\n" in seen
     assert seen.endswith("arms\narm: full\n  accuracy: 90.5% [86.0%, 94.5%]\n  cost: 1 G\n")
 
 

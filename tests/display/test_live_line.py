@@ -106,8 +106,8 @@ def play_a_run(scene):
     scene.screen.run = display
     with phase(EVALUATION), phase("evaluating", 200, "answers") as p:
         scene.now += 8
-        p.advance(64)
-        scene.show("the untrained student is evaluated")
+        p.set(0, begun=64.0)
+        scene.show("the untrained student is evaluated; no answer has ended")
         scene.now += 17
     display.evaluation(evaluated(0, 0.62))
     with phase("sampling"):
@@ -132,6 +132,8 @@ def play_a_run(scene):
 def play_several_runs(scene):
     with phase("comparing", 6, RUNS) as runs:
         runs.skip(2)
+        scene.now += 1
+        scene.show("nothing says what happens")
         with phase("loading the student"):
             scene.now += 2
             scene.show("the third run is prepared")
@@ -142,6 +144,14 @@ def play_several_runs(scene):
         with phase("training"):
             scene.now += 2
             scene.show("the third of six runs")
+        scene.screen.run = None
+        runs.advance(3)
+        display = Display(Outline(steps=40, label="full seed 1:"), scene.screen)
+        scene.screen.run = display
+        scene.train(display, 20, 6)
+        with phase("training"):
+            scene.now += 2
+            scene.show("the last of six runs")
         scene.screen.run = None
 
 
@@ -163,19 +173,17 @@ def test_at_80_columns_a_run_shows_step_divergence_accuracy_saving_and_time_left
     play_a_run(scene)
     training = scene.lines.index("# training")
     line = scene.lines[training + 1 + WIDTHS.index(80)]
-    assert line == (
-        " 80 8/100 · reverse KL 0.51 · acc 62 % · saved 4.1× · 9 min left · 1 s · sampling"
-    )
+    assert line == (" 80 8/100 · train reverse KL 0.51 · acc 62.0% · saved 4.1× · 9 min left · 1 s")
 
 
 @pytest.mark.parametrize(
     "metric, name",
     [
-        ("reverse_kl", "reverse KL"),
-        ("forward_kl", "forward KL"),
-        ("jsd", "JSD"),
-        ("tv", "tv"),
-        ("my_plugin", "my plugin"),
+        ("reverse_kl", "train reverse KL"),
+        ("forward_kl", "train forward KL"),
+        ("jsd", "train JSD"),
+        ("tv", "train tv"),
+        ("my_plugin", "train my plugin"),
     ],
 )
 def test_the_mean_carries_the_name_of_its_divergence(scene, metric, name):
@@ -193,3 +201,29 @@ def test_a_saving_that_is_none_is_not_shown(scene):
     scene.screen.run = display
     display.row(row(1), 2e9, 2e9)
     assert "saved" not in scene.screen.compose(200)
+
+
+def test_the_share_of_begun_answers_moves_while_none_has_ended(scene):
+    with phase("evaluating", 64, "answers") as p:
+        shown = []
+        for begun in (0.0, 8.0, 32.0):
+            scene.now += 10
+            p.set(0, begun=begun)
+            shown.append(scene.screen.compose(30))
+        p.set(63, begun=0.99)
+        assert "evaluating 63/64 answers (99%)" in scene.screen.compose(80)
+        p.advance()
+        assert "(100%)" in scene.screen.compose(80)
+    texts = [line.partition(" · ")[0] for line in shown]
+    assert texts == ["evaluating 0/64 answers", "evaluating 12%", "evaluating 50%"]
+
+
+def test_the_last_of_several_runs_tells_the_time_left_once(scene, capsys):
+    with phase("comparing", 2, RUNS) as runs:
+        for is_last in (False, True):
+            display = Display(Outline(steps=2), scene.screen)
+            scene.screen.run = display
+            scene.train(display, 1, 6)
+            assert scene.screen.compose(200).count("left") == 1 + (not is_last)
+            assert capsys.readouterr().err.count("left") == 1 + (not is_last)
+            runs.advance()
