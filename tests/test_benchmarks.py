@@ -19,6 +19,7 @@ GRIDS = {  # arms file → arms that --quick keeps
 }
 TABLES = {  # program → key of the table in its JSON document
     "cards": "pairs",
+    "collapse": "runs",
     "cross_tokenizer": "modes",
     "decoding": "table",
     "divergence": "table",

@@ -487,6 +487,16 @@ def test_sentences_on_the_plan_match_the_recorded_results():
     assert "missed in three of five runs" in text
 
 
+def test_sentences_on_a_collapse_match_the_recorded_results():
+    document = result("collapse")
+    half = document["settings"]["steps"] / 2
+    for run in document["runs"]:
+        stop = run["stopped_after"]
+        assert run["is_harmed"] == (stop is not None) and (stop is None or stop < half)
+        if stop is not None and run["rate"] == 4e-4:
+            assert run["task"] == "shared" and run["accuracy_after"] < run["accuracy_at_stop"]
+
+
 def test_sentences_on_kills_and_tokenizers_match_the_recorded_results():
     soak = result("soak")
     assert soak["differing"] == [] and soak["kills"] >= 50 and soak["gpus"] == 1

@@ -322,6 +322,23 @@ def lora_table() -> str:
     return markdown(header, rows)
 
 
+def collapse_table() -> str:
+    """Return what --stop-when collapse does at three learning rates on three tasks."""
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for run in read("collapse")["runs"]:
+        groups.setdefault((run["task"], run["rate"]), []).append(run)
+    rows = []
+    for (task, rate), runs in groups.items():
+        stops = [str(run["stopped_after"]) for run in runs if run["stopped_after"] is not None]
+        ends = []
+        for key in ("accuracy_before", "accuracy_after", "accuracy_at_stop"):
+            ends.append(" ".join(percent(run[key]) for run in runs))
+        harmed = sum(run["is_harmed"] for run in runs)
+        rows.append([f"`{task}`", f"{rate:g}", *ends, f"{harmed} of {len(runs)}", " ".join(stops)])
+    header = "task | rate | untrained | trained to the end | with the rule | harmed"
+    return markdown(f"{header} | stopped after step", rows)
+
+
 def cards_table() -> str:
     """Return how pairs of public models fit common cards: what trains, and the planned time."""
     pairs = read("cards")["pairs"]
