@@ -10,7 +10,9 @@ from ..display import memory_text
 from ..engine import scoring
 from ..engine.device import is_out_of_memory
 from ..engine.models import Model
+from ..engine.pair import Pair
 from ..engine.rollout import Rollout, Side
+from ..engine.trace import describe_failure
 from ..errors import MemoryShortage
 from .loss import TokenLosses
 from .run import Run
@@ -60,6 +62,12 @@ def _find_in_pass(run: Run, model: Model, side: Side) -> str | None:
     if not torch.isfinite(logits_NV).all():
         return "logits"
     return None
+
+
+def describe_network_failure(pair: Pair, error: Exception) -> str:
+    """Return that the code of one of the networks failed, where, and why."""
+    nets = torch.nn.ModuleDict({"student": pair.student.net, "teacher": pair.teacher.net})
+    return f"the network's code failed ({describe_failure(nets, error)})"
 
 
 @contextlib.contextmanager

@@ -10,9 +10,8 @@ from ..display import phase
 from ..engine.device import Clock, is_out_of_memory
 from ..engine.meter import Meter
 from ..engine.rollout import Rollout, rollout_of
-from ..engine.trace import describe_failure
 from ..errors import Stopped, UserError
-from .faults import describe_non_finite, explain_shortage
+from .faults import describe_network_failure, describe_non_finite, explain_shortage
 from .optimizer import NonFiniteGradient, step_optimizer
 from .state import State
 from .update import Update
@@ -41,9 +40,7 @@ def rehearse(state: State) -> None:
             if isinstance(error, UserError | Stopped) or is_out_of_memory(error):
                 raise
             # a network may raise anything
-            nets = {"student": state.pair.student.net, "teacher": run.pair.teacher.net}
-            reason = describe_failure(torch.nn.ModuleDict(nets), error)
-            _refuse(f"the network's code failed ({reason})", hint="use another model")
+            _refuse(describe_network_failure(state.pair, error), hint="use another model")
         finally:
             state.optimizer.state.clear()
             state.optimizer.zero_grad(set_to_none=True)

@@ -8,13 +8,16 @@ import torch
 from ..display import SAVING, Reporter, phase
 from ..engine import stopping
 from ..engine.decoder import make_decoder
+from ..engine.device import is_out_of_memory
+from ..engine.rollout import Rollout
 from ..errors import CONTINUE, Interrupted
 from ..maths.schedule import learning_rate, warmup_steps
+from ..plugins import find_fault
 from ..signals import Interrupt
 from . import commits
 from .card import make_card
 from .ending import Ending
-from .faults import describe_non_finite, explain_shortage
+from .faults import describe_network_failure, describe_non_finite, explain_shortage
 from .folder import RunFolder
 from .loss import TokenLosses
 from .metrics import UpdateFacts, full_cost, metrics_row, result_document, update_facts
@@ -81,7 +84,7 @@ class Session:
             update = Update(self.state, self.state.step, self.texts)
             rollouts = update.select(update.sample())  # marks the tokens to train on
             print_rollouts(update, rollouts)
-            losses = update.backward(rollouts)  # gradients of all ranks, divided once
+            losses = self.compute_gradients(update, rollouts)  # of all ranks, divided once
             self.refuse_non_finite(losses)
             facts = update_facts(update, losses)
             self.note_selection(update)
@@ -160,6 +163,19 @@ class Session:
             f"interrupted ({asked.name}) {where}; {CONTINUE} --out {self.folder.path}",
             asked,
         )
+
+    def compute_gradients(self, update: Update, rollouts: list[Rollout]) -> TokenLosses:
+        """Accumulate the gradients of a step. Stopped: the network's code failed; name the place.
+
+        On several ranks the error of a lost rank looks alike, and is told by its own rank.
+        """
+        try:
+            return update.backward(rollouts)
+        except RuntimeError as error:
+            is_explained = is_out_of_memory(error) or find_fault(error) is not None
+            if is_explained or self.run.place.world > 1:
+                raise
+            self.state.stop(describe_network_failure(self.state.pair, error))
 
     def refuse_non_finite(self, losses: TokenLosses) -> None:
         """Stop the run on all ranks if any rank has a non-finite divergence; name the cause."""

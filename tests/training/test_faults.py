@@ -446,6 +446,30 @@ def test_an_evaluation_halves_its_batch_and_gives_the_same_answers(
         assert last_json(short)[key] == last_json(plenty)[key]
 
 
+def test_a_network_that_fails_in_a_step_is_named_and_the_state_is_saved(
+    pair, questions, tmp_path, whole
+):
+    """The rehearsal and two steps pass; then a layer raises, as an architecture may."""
+    run = six(pair, questions)
+    trained = []
+
+    def fail(*_):
+        if torch.is_grad_enabled():
+            trained.append(1)
+            if len(trained) == 12:
+                raise RuntimeError("one of the variables has been modified by an inplace operation")
+
+    run.pair.student.net.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(Stopped) as stopped:
+        run_in(tmp_path, run)
+    text = str(stopped.value)
+    found = re.match(r"step (\d): the network's code failed \(student\.model\.layers\.1: ", text)
+    assert found and int(found[1]) > 1 and "modified by an inplace operation" in text
+    assert f"the state after step {int(found[1]) - 1} is saved" in text
+    result = run_in(tmp_path, six(pair, questions), resume=True)
+    assert_ends_like(whole, tmp_path, result)
+
+
 def run_out_of_memory(*_):
     raise torch.OutOfMemoryError("CUDA out of memory")
 
