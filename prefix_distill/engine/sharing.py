@@ -150,7 +150,7 @@ def check_sharing(model: Model, prompts: list[tuple[int, ...]] | None = None) ->
         floor=model.choose_tolerance(FLOOR, FLOOR_OF_HALF_PRECISION),
         ceiling=model.choose_tolerance(CEILING, CEILING_OF_HALF_PRECISION),
     )
-    return _compare_all(model, prompts, _HIDDEN_STATES, limits)
+    return _compare_all(model, prompts, _HIDDEN_STATES, limits=limits)
 
 
 def check_shared_gradients(
@@ -161,7 +161,7 @@ def check_shared_gradients(
         floor=model.choose_tolerance(GRADIENT_FLOOR, GRADIENT_FLOOR_OF_HALF_PRECISION),
         ceiling=model.choose_tolerance(GRADIENT_CEILING, GRADIENT_CEILING_OF_HALF_PRECISION),
     )
-    return _compare_all(model, prompts, _GRADIENTS, limits)
+    return _compare_all(model, prompts, _GRADIENTS, limits=limits)
 
 
 def make_sides(model: Model, prompts: list[tuple[int, ...]] | None) -> list[Side]:

@@ -79,7 +79,7 @@ def test_a_model_that_does_not_fit_twice_is_noted(tmp_path, monkeypatch):
     model = load(save_tiny(tmp_path / "base"))
     monkeypatch.setattr(saving, "read_free_memory", lambda device: 0)
     [note] = saving.save_model(model, tmp_path / "model")
-    assert "was not read back" in note and "0 GiB is free" in note
+    assert "was not read back" in note and "0 KiB is free" in note
     code, _, err = invoke("export", tmp_path / "model", "--out", tmp_path / "out")
     assert code == 0 and f"{tmp_path / 'out'}: it was not read back" in err
 

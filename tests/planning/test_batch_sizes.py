@@ -76,7 +76,7 @@ def test_a_given_micro_batch_that_does_not_fit_leaves_the_rows_as_they_are(confi
     assert memory.prepare_fitting(given).config.rollout.rows == free.rollout.rows > 1
 
 
-@pytest.mark.parametrize("free, words", [(None, "is not known"), (4 << 20, "GiB free on cpu")])
+@pytest.mark.parametrize("free, words", [(None, "is not known"), (4 << 20, "4 MiB free on cpu")])
 def test_a_note_states_the_sizes_and_why(config, monkeypatch, free, words):
     monkeypatch.setattr(memory, "read_free_memory", lambda device: free)
     run = memory.prepare_fitting(config)

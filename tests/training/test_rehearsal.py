@@ -105,8 +105,8 @@ def test_the_module_whose_code_fails_is_named(pair, questions, role):
 
 
 ADVICE = (
-    r"AdamW's moments, which need .* GiB at any batch size; use --lora 16, or a smaller student, "
-    "or move the teacher with --teacher-device"
+    r"AdamW's moments, which need .* [KMG]iB at any batch size; use --lora 16, or a smaller "
+    "student, or move the teacher with --teacher-device"
 )
 
 
