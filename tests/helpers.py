@@ -180,6 +180,21 @@ def make_model(net, **changes: Any) -> Model:
     return Model(**fields | changes)
 
 
+# the fields of tiny configs with recurrent states
+MAMBA_HEADS: dict[str, Any] = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 16,
+}
+LINEAR_ATTENTION: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 # the fields of a tiny config that most model types share
 SIZES: dict[str, Any] = {
     "vocab_size": 260,

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..display import Summary, flags_text, flops_text, memory_text, time_text
+from ..display import Summary, count_text, flags_text, flops_text, memory_text, time_text
 from .documents import CheckResult, DryRun, PlanResult, ProbeResult
 
 NOT_COUNTED = "without evaluations; decoding takes longer"
@@ -20,9 +20,9 @@ def summarize_check(result: CheckResult, words: Sequence[str]) -> Summary:
     failed = sum(check["status"] == "error" for check in result.checks)
     parts = [f"{passed} of {len(result.checks)} checks are ok"]
     if result.warnings:
-        parts.append(_count(len(result.warnings), "warning"))
+        parts.append(count_text(len(result.warnings), "warning"))
     if failed:
-        parts.append(_count(failed, "error"))
+        parts.append(count_text(failed, "error"))
     title = ", ".join(parts)
     if not result.ok:
         return Summary(title=title, rows={}, warnings=result.warnings)
@@ -40,7 +40,7 @@ def summarize_dry_run(result: DryRun, words: Sequence[str]) -> Summary:
         if check["name"] == "memory":
             rows["memory"] = check["found"]
     return Summary(
-        title=f"dry run of {_count(steps, 'step')}: nothing was written",
+        title=f"dry run of {count_text(steps, 'step')}: nothing was written",
         rows=rows,
         command=_command("run", words),
         warnings=tuple(document["warnings"]),
@@ -52,7 +52,7 @@ def _describe_price(price: dict[str, Any], steps: int) -> dict[str, str]:
     from ..planning.disk import describe_sizes
 
     flops, full = price["flops"], price["full_rollout_flops"]
-    text = f"{flops_text(flops)} for {_count(steps, 'step')}"
+    text = f"{flops_text(flops)} for {count_text(steps, 'step')}"
     if full > flops > 0:
         text += f"; full rollouts: {flops_text(full)}, {full / flops:.1f}×"
     if price["not_in_flops"]:
@@ -82,7 +82,7 @@ def summarize_plan(result: PlanResult, words: Sequence[str], *, for_cards: bool)
     command = ""
     if flags is not None:
         command = _command("check", [*words, *flags])
-    steps = _count(document["updates"], "step")
+    steps = count_text(document["updates"], "step")
     title = f"{document['method']}, {steps}, --prefix {first['prefix']}: needs {needed}"
     return Summary(title=title, rows=rows, command=command, warnings=result.warnings)
 
@@ -191,10 +191,3 @@ def summarize_probe(result: ProbeResult, words: Sequence[str]) -> Summary:
 
 def _command(name: str, words: Sequence[str]) -> str:
     return shlex.join(["prefix-distill", name, *words])
-
-
-def _count(number: int, noun: str) -> str:
-    """Return a number with its noun: 1 step, 2 steps."""
-    if number == 1:
-        return f"1 {noun}"
-    return f"{number:,} {noun}s"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..display import Summary, flops_text, time_text
+from ..display import Summary, count_text, flops_text, time_text
 from ..results.cells import accuracy_cell, arm_text
 from .documents import Comparison, EvaluationResult, ExportResult, RunResult
 from .result import Estimate, Result
@@ -134,8 +134,8 @@ def summarize_comparison(result: Comparison) -> Summary:
             rows["reference"] = _describe_arm(row)
     if result.reference is not None:
         rows["saving"] = _describe_saving(result.arms, best, result.reference)
-    runs, arms = result.runs, len(result.arms)
-    title = f"{result.out}: {runs} {_plural('run', runs)} of {arms} {_plural('arm', arms)}"
+    runs, arms = count_text(result.runs, "run"), count_text(len(result.arms), "arm")
+    title = f"{result.out}: {runs} of {arms}"
     return Summary(
         title=title,
         rows=rows,
@@ -205,10 +205,6 @@ def _find_saving(row: dict[str, Any]) -> _Saving | None:
             times = ratio["value"]
             return _Saving(share=share, times=times, arm=row["arm"], interval=interval)
     return None
-
-
-def _plural(noun: str, number: int) -> str:
-    return noun if number == 1 else f"{noun}s"
 
 
 def _share(estimate: Estimate | None) -> str:

@@ -10,7 +10,15 @@ from .pace import EVALUATION, SAVING, TAIL_PROBE, Outline
 from .phases import Phase, close_phase, find_phase, listening, open_phase, phase
 from .screen import RUNS, Screen, close_screens
 from .summary import Summary, flags_text, lay_out, render_summary
-from .texts import accuracy_text, flops_text, memory_text, phase_text, short_time_text, time_text
+from .texts import (
+    accuracy_text,
+    count_text,
+    flops_text,
+    memory_text,
+    phase_text,
+    short_time_text,
+    time_text,
+)
 from .training import Display
 from .wrapping import fit_text
 
@@ -31,6 +39,7 @@ __all__ = [
     "accuracy_text",
     "close_phase",
     "close_screens",
+    "count_text",
     "find_phase",
     "fit_text",
     "flags_text",

@@ -49,6 +49,13 @@ def short_time_text(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
+def count_text(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 step", "2,000 steps"."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number:,} {noun}s"
+
+
 def memory_text(size: float) -> str:
     """Return a number of bytes with three digits and its unit: "19.5 GiB", "6.02 MiB"."""
     if size >= 1000 * 2**20:

@@ -67,6 +67,13 @@ def _choose_linear(device: torch.device, dtype: torch.dtype) -> type[torch.nn.Li
     return None
 
 
+def describe_linears(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Return why a decoder on a CPU keeps torch's own linear layers, as a note; none otherwise."""
+    if device.type != "cpu" or _choose_linear(device, dtype) is not None:
+        return []
+    return [f"sampling packs the weights again for every token: {packing.find_obstacle(dtype)}"]
+
+
 def packs_weights(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether a decoder keeps its weights in the layout of the CPU's matmul as well."""
     if device.type != "cpu" or dtype == torch.float32:

@@ -12,6 +12,7 @@ import platform
 import torch
 
 FEW_ROWS = 64  # most input rows for which packed weights are used
+USUAL_ROWS = 8  # for which the operator chooses the layout; it takes any number
 SIZES = ((8, 384), (1, 640))  # (rows, width) of the trial
 MOST = 2.0  # the error of a trial over that of torch's own linear layer
 
@@ -37,7 +38,7 @@ class PackedLinear(torch.nn.Linear):
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
     """Return a weight [out, in] in blocks, for products with few rows."""
-    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), FEW_ROWS // 8)
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), USUAL_ROWS)
     return packed
 
 

@@ -1,6 +1,8 @@
 """Find out, by measuring, whether a prompt can run once for several responses.
 
 A shared prompt must change no more than a padded batch changes on the same rows, which is rounding.
+Every comparison computes three responses to two prompts: one by one, padded, and after shared
+prompts. Shapes: N hidden rows of all responses together, D their width.
 """
 
 import functools
@@ -261,6 +263,7 @@ def _carries_state(model: Model, prompts: list[tuple[int, ...]] | None) -> bool:
 
 def _keeps_tokens(layer: object) -> bool:
     """Return whether a layer of a KV cache keeps nothing but keys and values of tokens."""
+    # by name, because older versions of transformers lack these classes
     names = [kind.__name__ for kind in type(layer).__mro__]
     return isinstance(layer, DynamicLayer) and not any("LinearAttention" in n for n in names)
 

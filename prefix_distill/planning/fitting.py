@@ -102,7 +102,7 @@ def fit_sizes(
     ``fields``: which of the two sizes may become smaller. The other one may be too large: it is
     halved when memory runs out, and does not compete with these. None if not even sizes of 1 fit.
     """
-    fewest = resize(resize(most, "rows", 1), "micro_batch", 1)
+    fewest = smallest(most)
     if forecaster.forecast(fewest)["total"] > free:
         return None
     found = most
@@ -147,6 +147,11 @@ def _extrapolate(
             return size
         size //= 2
     return size
+
+
+def smallest(case: Case) -> Case:
+    """Return ``case`` with rows and a micro-batch of 1."""
+    return replace(case, rows=1, micro_batch=1)
 
 
 def resize(case: Case, field: str, size: int) -> Case:

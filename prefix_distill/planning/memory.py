@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..training.prepare import prepare
 from ..training.run import Check, Run
 from .case import Case, Dtypes, Lengths, build_case
-from .fitting import fit_sizes, resize
+from .fitting import fit_sizes, resize, smallest
 from .forecast import Forecaster, bound_memory
 from .outcomes import failed, passed, warned
 
@@ -80,14 +80,10 @@ def _fit(run: Run, most: Case, automatic: list[str], free: int) -> Case:
     if bound_memory(run.pair.student, run.pair.teacher, most) < room:
         return most
     forecaster = _forecaster(run)
+    weights = forecaster.forecast(smallest(most))["weights"]
+    room += _count_loaded(weights)
     fields = [SIZES[path] for path in automatic]
-    fewest = most
-    for field in fields:
-        fewest = resize(fewest, field, 1)
-    weights = forecaster.forecast(most)["weights"]
-    # Both models are in memory already, so they are not taken from what is free.
-    loaded = weights.get("student", 0) + weights.get("teacher", 0)
-    return fit_sizes(forecaster, most, room + loaded, fields=fields) or fewest
+    return fit_sizes(forecaster, most, room, fields=fields) or smallest(most)
 
 
 def _with_sizes(run: Run, automatic: list[str], chosen: Case, reason: str) -> Run:
@@ -111,6 +107,11 @@ def _with_sizes(run: Run, automatic: list[str], chosen: Case, reason: str) -> Ru
 
 def _forecaster(run: Run) -> Forecaster:
     return Forecaster(run.pair.student.net.config, run.pair.teacher.net.config)
+
+
+def _count_loaded(weights: dict[str, int]) -> int:
+    """Return the bytes of both models, which are in memory already and take none that is free."""
+    return weights.get("student", 0) + weights.get("teacher", 0)
 
 
 def _read_free(run: Run) -> int | None:
@@ -173,9 +174,8 @@ def _unsupported_feature(run: Run) -> str | None:
 
 def _compare_memory(forecast: dict, free: int, facts: dict, free_text: str) -> Check:
     """Compare a forecast (``Forecaster.forecast``) with ``free`` bytes."""
-    # Both models are in memory already, so they are not taken from what is free.
     weights = forecast["weights"]
-    loaded = weights.get("student", 0) + weights.get("teacher", 0)
+    loaded = _count_loaded(weights)
     needed = forecast["total"] - loaded
     fixed = sum(weights.values()) - loaded + forecast["gradients"]
     facts = facts | {

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCardData
 
 from .. import config as configuration
 from ..config import Config
-from ..display import accuracy_text, flops_text
+from ..display import accuracy_text, count_text, flops_text
 from ..engine.device import describe_machine
 from ..lab.task import LAB
 from ..prompts.presets import PRESETS
@@ -140,7 +140,9 @@ def _top(config: Config, step: int) -> list[str]:
     name = settled(config.models.student, "--student")
     if base is None and not name.startswith(LAB):  # a path, of which only the name is public
         name = Path(name).name.removesuffix(".gguf")
-    title = config.trackers.name or f"{name} after {_count(step, 'step')} of on-policy distillation"
+    title = (
+        config.trackers.name or f"{name} after {count_text(step, 'step')} of on-policy distillation"
+    )
     return [f"---\n{ModelCardData(**keys).to_yaml()}\n---", f"# {_line(title)}"]
 
 
@@ -238,7 +240,7 @@ def _results(config: Config, first: dict, row: dict) -> list[str]:
         "## Results",
         f"Measured on {problems}, with 95% bootstrap intervals. The KL is measured on fixed "
         "answers of the untrained student; n is their number of tokens.",
-        _table(("", "before", f"after {_count(row['step'], 'step')}"), rows),
+        _table(("", "before", f"after {count_text(row['step'], 'step')}"), rows),
     ]
 
 
@@ -256,20 +258,13 @@ def _cost(run: Run, progress: Progress, facts: dict, full: float | None) -> list
     return [
         "## Cost",
         _table(("training FLOPs", ""), rows),
-        f"{hardware}; {_count(run.place.world, 'rank')}, {dtype}; torch {facts['torch']}, "
+        f"{hardware}; {count_text(run.place.world, 'rank')}, {dtype}; torch {facts['torch']}, "
         f"transformers {facts['transformers']}, Python {facts['python']}.",
     ]
 
 
 def _describe_cpu(facts: dict) -> str:
-    return f"{facts['machine']} CPU, {_count(facts['threads'], 'thread')}"
-
-
-def _count(number: int, noun: str) -> str:
-    """Return a number with its noun: 1 step, 2 steps."""
-    if number == 1:
-        return f"1 {noun}"
-    return f"{number} {noun}s"
+    return f"{facts['machine']} CPU, {count_text(facts['threads'], 'thread')}"
 
 
 def _warnings(run: Run, progress: Progress, step: int) -> list[str]:

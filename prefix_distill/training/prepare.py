@@ -8,6 +8,7 @@ import torch
 from .. import config as configuration
 from ..config import Config
 from ..display import phase
+from ..engine.decoder import describe_linears
 from ..engine.memory import MemoryLimits, read_batch_sizes
 from ..engine.models import Model
 from ..engine.pair import Pair
@@ -48,6 +49,7 @@ def prepare(config: Config) -> Run:
     config, place, pair = load_pair(config, notes)
     with phase("rendering prompts"):
         config, problems = render_problems(config, sets, pair, place=place, notes=notes)
+    notes.detail(*describe_linears(place.device, place.dtype))
     shared_prompts = settle_sharing(config, pair, problems, place=place, notes=notes)
     method = read_method(config, pair, place, notes=notes)
     _check_references(config, problems)

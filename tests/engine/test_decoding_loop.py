@@ -5,7 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import make_model, random_net, text_config, tiny_net
+from helpers import (
+    LINEAR_ATTENTION,
+    MAMBA_HEADS,
+    make_model,
+    random_net,
+    text_config,
+    tiny_net,
+)
 from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, GenerationMixin, LlamaConfig, LlamaForCausalLM
 
@@ -17,12 +24,7 @@ from prefix_distill.engine.module_step import ModuleStep, crosses_window
 from prefix_distill.engine.sampling import Request, Sampler, generate
 
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
-HYBRID = {
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
+HYBRID = LINEAR_ATTENTION | {
     "num_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 32,
@@ -43,14 +45,7 @@ FAMILIES = {
     "gemma2": (WINDOW | {"sliding_window": 128}, False),  # scales embeddings between modules
     "cohere": ({}, False),  # scales its logits after the output layer
     "falcon_h1": (
-        {
-            "mamba_n_heads": 8,
-            "mamba_d_head": 8,
-            "mamba_d_state": 8,
-            "mamba_n_groups": 1,
-            "mamba_chunk_size": 16,
-            "mamba_d_ssm": 64,
-        },
+        MAMBA_HEADS | {"mamba_d_ssm": 64},
         False,  # prepares its own inputs
     ),
 }

@@ -5,7 +5,14 @@ import functools
 
 import pytest
 import torch
-from helpers import make_model, random_net, text_config, tiny_net
+from helpers import (
+    LINEAR_ATTENTION,
+    MAMBA_HEADS,
+    make_model,
+    random_net,
+    text_config,
+    tiny_net,
+)
 from transformers import CONFIG_MAPPING, DynamicCache
 from transformers.utils import ModelOutput
 
@@ -27,20 +34,6 @@ EXPERTS = {
     "moe_intermediate_size": 32,
 }
 MAMBA = {"state_size": 8, "expand": 2, "time_step_rank": 4}
-HEADS = {
-    "mamba_n_heads": 8,
-    "mamba_d_head": 8,
-    "mamba_d_state": 8,
-    "mamba_n_groups": 1,
-    "mamba_chunk_size": 16,
-}
-DELTA = {
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-}
 # model type → its own fields, and how it decodes exactly
 FAMILIES = {
     "lfm2": (
@@ -52,10 +45,10 @@ FAMILIES = {
         {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 16},
         Decoding(stretch=None),
     ),
-    "bamba": (HEADS | {"attn_layer_indices": [1], "mamba_expand": 2}, FASTEST),
-    "falcon_h1": (HEADS | {"mamba_d_ssm": 64}, FASTEST),
-    "qwen3_next": (DELTA | EXPERTS | {"shared_expert_intermediate_size": 32}, FASTEST),
-    "qwen3_5_text": (DELTA, FASTEST),
+    "bamba": (MAMBA_HEADS | {"attn_layer_indices": [1], "mamba_expand": 2}, FASTEST),
+    "falcon_h1": (MAMBA_HEADS | {"mamba_d_ssm": 64}, FASTEST),
+    "qwen3_next": (LINEAR_ATTENTION | EXPERTS | {"shared_expert_intermediate_size": 32}, FASTEST),
+    "qwen3_5_text": (LINEAR_ATTENTION, FASTEST),
     "gpt_oss": (
         EXPERTS | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16},
         FASTEST,

@@ -7,7 +7,7 @@ import torch
 from helpers import make_model, tiny_net
 
 from prefix_distill.engine import packing
-from prefix_distill.engine.decoder import make_decoder
+from prefix_distill.engine.decoder import describe_linears, make_decoder
 from prefix_distill.engine.masters import Masters
 
 BF16 = torch.bfloat16
@@ -105,5 +105,8 @@ def test_a_cpu_without_correct_packing_keeps_torchs_layers(monkeypatch):
         reason = packing.find_obstacle(BF16)
         assert reason is not None and reason.startswith(words), reason
         assert make_decoder(model, BF16) is model
+        [note] = describe_linears(model.device, BF16)
+        assert note.endswith(reason)
+    assert describe_linears(model.device, torch.float32) == []
     monkeypatch.undo()
     packing.find_obstacle.cache_clear()
